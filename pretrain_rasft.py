@@ -11,8 +11,8 @@ if __name__ == "__main__":
 
     answer_early(sys.argv[1:])
 
+    from megatron_rasft.monitoring import early_stop
     from megatron_rasft.scratch import use_own_folder
-    from megatron_rasft.training import early_stop
 
     use_own_folder()
     early_stop.remember()
@@ -22,7 +22,7 @@ if __name__ == "__main__":
 if __name__ != "__mp_main__":
     from megatron_rasft.errors import FailedElsewhere, RasftError, tell_launcher
     from megatron_rasft.machine import cpu_backend, gpu_kernels
-    from megatron_rasft.training.failures import report_failure
+    from megatron_rasft.monitoring.failures import report_failure
 
     try:
         gpu_kernels.check_transformer_engine()
@@ -33,16 +33,17 @@ if __name__ != "__mp_main__":
 
     import torch.distributed as dist
 
+    from megatron_rasft.monitoring import stalls
+    from megatron_rasft.monitoring.stopping import Stopped
     from megatron_rasft.ranks import on_rank_zero
-    from megatron_rasft.training import stalls, startup
+    from megatron_rasft.training import startup
     from megatron_rasft.training.assembly import build_run
     from megatron_rasft.training.background_saves import end_process
+    from megatron_rasft.training.finished_runs import finished_before
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
     from megatron_rasft.training.resume import find_resume
     from megatron_rasft.training.resume_checks import check_resume
-    from megatron_rasft.training.status import finished_before
-    from megatron_rasft.training.stopping import Stopped
     from megatron_rasft.training.trainer import Trainer
 
 

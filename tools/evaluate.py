@@ -34,6 +34,7 @@ from megatron_rasft.data.response_text import response_decoder
 from megatron_rasft.data.tokenizer import end_ids, open_tokenizer
 from megatron_rasft.data.tokenizing import tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, RasftError
+from megatron_rasft.monitoring import live
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.scratch import use_own_folder
 from megatron_rasft.servers.keys import read_key
@@ -52,7 +53,6 @@ from megatron_rasft.tools.evaluation.own_sets import FIELDS
 from megatron_rasft.tools.evaluation.questions import ask
 from megatron_rasft.tools.evaluation.server_engine import Servers
 from megatron_rasft.tools.evaluation.summary import Summary, summarise
-from megatron_rasft.training import live
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level
@@ -100,7 +100,7 @@ def _run_command(argv: list[str], open_engine: OpenEngine) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         # Imported here because it imports torch, which an evaluation of servers does not need
-        from megatron_rasft.training.failures import report_failure
+        from megatron_rasft.monitoring.failures import report_failure
 
         return report_failure(error)
     return 0

@@ -21,6 +21,7 @@ from megatron_rasft.tools.capacity.layouts import Layout, Model
 from megatron_rasft.tools.capacity.memory import MemoryEstimate, estimate_memory
 from megatron_rasft.training.assembly import describe_run, runs_on_gpu, schedule_of
 from megatron_rasft.training.checkpoints import architecture_of, read_state
+from megatron_rasft.training.finished_runs import describe_finished, is_finished
 from megatron_rasft.training.outputs import (
     data_cache,
     kept_nothing,
@@ -34,7 +35,6 @@ from megatron_rasft.training.remarks import remarks
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.resume_checks import check_resume
 from megatron_rasft.training.schedule import Schedule
-from megatron_rasft.training.status import describe_finished, is_finished
 from megatron_rasft.weights.shard_files import open_shards, shard_files
 from megatron_rasft.wording import counted, size_text
 

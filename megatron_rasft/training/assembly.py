@@ -10,6 +10,7 @@ from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.training.checkpointer import Checkpointer
+from megatron_rasft.training.finished_runs import num_steps
 from megatron_rasft.training.fp8_scales import has_delayed_scales
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.outputs import reference_cache
@@ -24,7 +25,6 @@ from megatron_rasft.training.rollout_servers import RolloutServers, read_keys
 from megatron_rasft.training.run import Run
 from megatron_rasft.training.schedule import Schedule
 from megatron_rasft.training.startup import writers
-from megatron_rasft.training.status import num_steps
 from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import ModelFolder

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.training import async_utils
 
 from megatron_rasft.errors import first_line
-from megatron_rasft.training import stalls
+from megatron_rasft.monitoring import stalls
 
 _POLL_S = 0.05
 """How often the ranks check whether all of them have written their parts."""

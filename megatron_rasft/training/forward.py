@@ -13,11 +13,11 @@ from torch import Tensor
 
 from megatron_rasft.config.loss import PLAIN_CHUNK_TOKENS, LossConfig, fused_chunk_tokens
 from megatron_rasft.machine.wgrad import MegatronOutputWeight
+from megatron_rasft.monitoring import stalls
 from megatron_rasft.objective.declaration import Objective
 from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs
 from megatron_rasft.objective.logprobs import chunked_logprobs, chunked_logprobs_and_kl
 from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
-from megatron_rasft.training import stalls
 from megatron_rasft.training.batches import MicroBatch
 
 

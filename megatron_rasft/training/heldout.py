@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.monitoring import live
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.seeds import sample_seed
-from megatron_rasft.training import live
 from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.refresh import Verifier, as_rollouts

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_rasft.training.stopping import StopRequest
+from megatron_rasft.monitoring.stopping import StopRequest
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 
 

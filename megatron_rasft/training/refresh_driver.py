@@ -51,9 +51,9 @@ from contextlib import nullcontext
 from itertools import chain
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.monitoring import live, stalls
 from megatron_rasft.objective.declaration import Teacher
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
-from megatron_rasft.training import live, stalls
 from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.refresh import ProblemChoice, Refresh, difficulties
 from megatron_rasft.training.refresh_report import RefreshReport

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from megatron_rasft import metrics
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import RolloutError
+from megatron_rasft.monitoring import live
+from megatron_rasft.monitoring.stopping import StopRequest
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
@@ -18,10 +20,8 @@ from megatron_rasft.rollout.sampling import Answers
 from megatron_rasft.servers.keys import ServerKeys, read_key
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import SyncReport, WeightSync
-from megatron_rasft.training import live
 from megatron_rasft.training.logprob_probe import logprob_gap
 from megatron_rasft.training.policy import Policy
-from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
 from megatron_rasft.wording import counted
 

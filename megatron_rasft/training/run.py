@@ -12,8 +12,9 @@ from typing import Any
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import RasftError, first_line
+from megatron_rasft.monitoring import stalls
+from megatron_rasft.monitoring.stopping import Stopped
 from megatron_rasft.ranks import on_rank_zero
-from megatron_rasft.training import stalls
 from megatron_rasft.training.batch_preparation import PreparedBatch
 from megatron_rasft.training.checkpointer import Checkpointer
 from megatron_rasft.training.heldout import Heldout
@@ -22,7 +23,6 @@ from megatron_rasft.training.refresh_driver import RefreshDriver, Samples
 from megatron_rasft.training.rollout_servers import RolloutServers
 from megatron_rasft.training.samples import Array, BatchQueue, SampleArrays
 from megatron_rasft.training.step_report import gpu_tflop_per_s, step_values, step_warning
-from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.training.trainer import Diverged, StepResult, Trainer
 
 

@@ -30,10 +30,13 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.machine import megatron_calls
 from megatron_rasft.machine.megatron_calls import overridden, quiet
+from megatron_rasft.monitoring import early_stop
+from megatron_rasft.monitoring.status import RunStatus
+from megatron_rasft.monitoring.stopping import Allocation, StopRequest
+from megatron_rasft.monitoring.stragglers import ComputeClock, RankTime, StepTimes, compare
 from megatron_rasft.ranks import gather_to_all, kept_by_rank_zero
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import WeightSync
-from megatron_rasft.training import early_stop
 from megatron_rasft.training.batch_preparation import (
     BatchPreparer,
     PreparedBatch,
@@ -49,9 +52,6 @@ from megatron_rasft.training.model_source import chunk_builder, model_tensors
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.samples import Batch
 from megatron_rasft.training.scoring import Scorer
-from megatron_rasft.training.status import RunStatus
-from megatron_rasft.training.stopping import Allocation, StopRequest
-from megatron_rasft.training.stragglers import ComputeClock, RankTime, StepTimes, compare
 from megatron_rasft.training.warmup import WarmUp
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.exporting import export

@@ -52,7 +52,7 @@ class Pause:
 
 
 def _interrupt(events: Sequence[Interruption | Pause]) -> None:
-    from megatron_rasft.training.progress import Progress
+    from megatron_rasft.monitoring.progress import Progress
     from megatron_rasft.training.trainer import Trainer
     from megatron_rasft.verify.pool import VerifierPool
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.training.status import RunStatus
+from megatron_rasft.monitoring.status import RunStatus
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 from tests.functional.launching import Interruption
@@ -58,7 +58,7 @@ def test_a_dry_run_meets_the_errors_that_the_run_would_meet(workshop: Workshop, 
 
 def begin_when_shown() -> None:
     """Makes long work, which takes milliseconds here, begin only when a line about it has been shown."""
-    from megatron_rasft.training.live import LiveLine
+    from megatron_rasft.monitoring.live import LiveLine
 
     shows = LiveLine.shows
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_rasft import metrics
-from megatron_rasft.training.status import RunStatus
+from megatron_rasft.monitoring.status import RunStatus
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 from tests.functional.launching import HeldWrites, Interruption, Phase

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.training.status import RunStatus
+from megatron_rasft.monitoring.status import RunStatus
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 
@@ -20,8 +20,8 @@ class Hang:
     is_hanging: bool
 
     def __call__(self) -> None:
-        from megatron_rasft.training import stalls
-        from megatron_rasft.training.stragglers import ComputeClock
+        from megatron_rasft.monitoring import stalls
+        from megatron_rasft.monitoring.stragglers import ComputeClock
         from megatron_rasft.training.trainer import Trainer
 
         stalls.REPORT_S = 0.2

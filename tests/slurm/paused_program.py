@@ -20,8 +20,7 @@ PROGRAM = Path(os.environ["REAL_CHECKOUT"]) / "pretrain_rasft.py"
 def pause_after(step: int, folder: Path) -> None:
     """Makes this process pause after a step."""
     sys.path.insert(0, str(PROGRAM.parent))
-    import pretrain_rasft  # noqa: F401 # prepares Megatron for a CPU, before training/ is imported
-    from megatron_rasft.training.progress import Progress
+    from megatron_rasft.monitoring.progress import Progress
 
     reported = Progress.step
     received: list[int] = []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rasft import __version__
-from megatron_rasft.training.status import RunStatus
+from megatron_rasft.monitoring.status import RunStatus
 from megatron_rasft.types import Rollout
 
 ROOT = Path(__file__).resolve().parents[2]

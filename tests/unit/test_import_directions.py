@@ -32,6 +32,7 @@ PACKAGES = {
     "bridge",
     "data",
     "machine",
+    "monitoring",
     "curriculum",
     "servers",
     "rollout",
@@ -44,6 +45,7 @@ PACKAGES = {
 }
 MAY_ALSO_IMPORT = {
     "bridge": {"weights"},
+    "monitoring": {"rollout"},
     "rollout": {"servers"},
     "sync": {"servers", "weights"},
     "config": {"objective"},
@@ -59,12 +61,12 @@ JOINING_PACKAGES = {"training", "tools"}
 
 MAY_IMPORT_MEGATRON = {"bridge", "machine", "training", "tools"}
 """The others take tensors and process groups as arguments."""
-MAY_IMPORT_TORCH = MAY_IMPORT_MEGATRON | {"ranks", "objective", "weights", "sync"}
+MAY_IMPORT_TORCH = MAY_IMPORT_MEGATRON | {"ranks", "objective", "weights", "sync", "monitoring"}
 LIGHT_TOOLS = ["tools/capacity", "tools/cli", "tools/data"]
 """The parts of tools/ that work on a machine without torch, such as a laptop."""
 
 MAY_SPEAK_HTTP = {"servers", "rollout"}
-MAY_CALL_DEVICES = {"machine", "sync", "training"}
+MAY_CALL_DEVICES = {"machine", "monitoring", "sync", "training"}
 
 HTTP = ("httpx", "requests", "aiohttp", "http.client", "urllib.request", "urllib3")
 VAGUE_NAMES = {"utils", "helpers", "common", "misc"}

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_rasft.errors import RolloutError
+from megatron_rasft.monitoring import live
 from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore, read_rollouts, whole_lines
 from megatron_rasft.tools.evaluation.benchmark_rows import Problem
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
-from megatron_rasft.training import live
 from megatron_rasft.types import Request, Response, Rollout, SamplingParams
 from megatron_rasft.wording import counted
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.errors import RolloutError
+from megatron_rasft.monitoring import live
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
 from megatron_rasft.rollout.sampling import SamplingReport
@@ -19,7 +20,6 @@ from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.info import ServerInfo, version_label
 from megatron_rasft.servers.keys import ServerKeys
 from megatron_rasft.servers.record import ServerRecord, ServerRecords
-from megatron_rasft.training import live
 from megatron_rasft.types import Request, Response, SamplingParams
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_rasft import metrics
 from megatron_rasft.config.saved import SavedConfig
+from megatron_rasft.monitoring.status import RunStatus
 
 CARD_ENDING = "Written by megatron_rasft."
 """Text that identifies a model card of this project among README files."""
@@ -174,8 +175,6 @@ def read_run(
 
 def has_ended(folder: Path) -> bool:
     """Returns whether the status.json of a run says that it has finished, was stopped, or failed."""
-    from megatron_rasft.training.status import RunStatus  # imported here because it takes seconds
-
     status = RunStatus.read(folder)
     return status is not None and status.state != "running"
 

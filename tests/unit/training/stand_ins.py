@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_rasft.config import CurriculumConfig, RasftConfig, RolloutConfig
+from megatron_rasft.monitoring.stopping import StopRequest
 from megatron_rasft.rollout.sampling import Answers, SamplingReport
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.refresh import Refresh, sampling_params
-from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import (
     Check,
     Demonstration,

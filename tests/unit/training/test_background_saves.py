@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from megatron_rasft.training import stalls
+from megatron_rasft.monitoring import stalls
 from megatron_rasft.training.background_saves import SaveQueue, end_process, write_in_process
 from tests.unit.training.conftest import Parse
 

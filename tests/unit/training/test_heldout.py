@@ -6,9 +6,9 @@ import pytest
 
 from megatron_rasft import metrics
 from megatron_rasft.config import HeldoutConfig, RolloutConfig
+from megatron_rasft.monitoring.stopping import Stopped
 from megatron_rasft.training.heldout import Heldout, heldout_values
 from megatron_rasft.training.refresh import as_rollouts
-from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import Request, Response, SamplingParams
 from tests.unit.training.stand_ins import (
     STOP_IDS,

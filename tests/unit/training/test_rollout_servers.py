@@ -11,10 +11,10 @@ import pytest
 from megatron_rasft import metrics
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import RolloutError
+from megatron_rasft.monitoring.stopping import Stopped, StopRequest
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import SyncReport
 from megatron_rasft.training.rollout_servers import RolloutServers
-from megatron_rasft.training.stopping import Stopped, StopRequest
 from megatron_rasft.types import TrainingSample
 from tests.unit.sync.stand_ins import StandIn, records_of
 

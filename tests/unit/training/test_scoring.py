@@ -9,9 +9,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_rasft.monitoring.stopping import Stopped
 from megatron_rasft.training.fp8_scales import DelayedScales
 from megatron_rasft.training.scoring import Scorer
-from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import TrainingSample
 from tests.unit.training.test_batch_preparation import preparer
 

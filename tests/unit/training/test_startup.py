@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rasft.monitoring.status import RunStatus
 from megatron_rasft.tools.evaluation.embedded_engine import EmbeddedEngine
 from megatron_rasft.training import startup
-from megatron_rasft.training.status import RunStatus
 from tests.unit.training.conftest import Parse
 
 

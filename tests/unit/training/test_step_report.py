@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from megatron_rasft import metrics
+from megatron_rasft.monitoring.stragglers import StepTimes
 from megatron_rasft.training.batches import BatchFacts
 from megatron_rasft.training.step_report import gpu_tflop_per_s, step_values, step_warning
-from megatron_rasft.training.stragglers import StepTimes
 from megatron_rasft.training.trainer import StepResult
 
 

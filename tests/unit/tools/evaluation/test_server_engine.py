@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from megatron_rasft.errors import RolloutError
+from megatron_rasft.monitoring import live
 from megatron_rasft.tools.evaluation.server_engine import Servers
-from megatron_rasft.training import live
 from megatron_rasft.types import Request, SamplingParams
 from tests.deadlines import Deadlines, deadlines
 from tests.unit.tools.evaluation.conftest import MODEL, URLS, World

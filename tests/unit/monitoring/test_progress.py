@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rasft import metrics
 from megatron_rasft.errors import RasftError
-from megatron_rasft.training.progress import Progress
+from megatron_rasft.monitoring.progress import Progress
 
 
 class Recorder:

@@ -6,8 +6,8 @@ import time
 import pytest
 from rich.console import Console
 
-from megatron_rasft.training import live
-from megatron_rasft.training.live import LiveLine
+from megatron_rasft.monitoring import live
+from megatron_rasft.monitoring.live import LiveLine
 
 
 class Clock:

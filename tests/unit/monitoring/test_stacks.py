@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.training import stacks
-from megatron_rasft.training.stacks import stack_of
+from megatron_rasft.monitoring import stacks
+from megatron_rasft.monitoring.stacks import stack_of
 
 HOLDER = """
 import ctypes

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_rasft.training import stalls
-from megatron_rasft.training.stalls import Report, StallWatch, blame
-from megatron_rasft.training.status import RunStatus
+from megatron_rasft.monitoring import stalls
+from megatron_rasft.monitoring.stalls import Report, StallWatch, blame
+from megatron_rasft.monitoring.status import RunStatus
 
 
 def report(rank: int, **changes: Any) -> Report:

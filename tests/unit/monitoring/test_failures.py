@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_rasft.errors import CheckpointError, FailedElsewhere
-from megatron_rasft.training import failures
-from megatron_rasft.training.failures import prints_for_node, report_failure
+from megatron_rasft.monitoring import failures
+from megatron_rasft.monitoring.failures import prints_for_node, report_failure
 from tests.forking import call_on_ranks
 
 

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_rasft.errors import RasftError
-from megatron_rasft.training.stacks import frame_name, stack_of
-from megatron_rasft.training.status import RunStatus
+from megatron_rasft.monitoring.stacks import frame_name, stack_of
+from megatron_rasft.monitoring.status import RunStatus
 
 _LONG_PHASES = frozenset({"start", "load", "sync", "save", "export"})
 """Phases without checks in between, whose time grows with the model. They have three times the deadline."""

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_rasft.training import stragglers
-from megatron_rasft.training.stragglers import ComputeClock, RankTime, compare
+from megatron_rasft.monitoring import stragglers
+from megatron_rasft.monitoring.stragglers import ComputeClock, RankTime, compare
 
 
 def ranks(*seconds: float, stages: list[int] | None = None) -> list[RankTime]:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_rasft.training.stopping import Allocation, Stopped, StopRequest
+from megatron_rasft.monitoring.stopping import Allocation, Stopped, StopRequest
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,14 @@
-"""status.json says how a run ended, and the next start reads from it whether anything is left to do."""
+"""The next start of a run finds out whether anything is left to do."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_rasft.errors import RasftError
+from megatron_rasft.monitoring.status import RunStatus
+from megatron_rasft.training.finished_runs import finished_before
 from megatron_rasft.training.resume import Resume
-from megatron_rasft.training.status import STATUS_FILE, RunStatus, finished_before
 
 
 def args_of(save: Path | None, export_hf: Path | None = None, **length: int | None) -> Any:
@@ -29,26 +28,6 @@ def write_model(folder: Path) -> None:
 
 def own(save: Path, step: int) -> Resume:
     return Resume(folder=save, step=step, is_own=True)
-
-
-@pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "{}", '{"state": "finished", "from_the_future": 1}']
-)
-def test_a_file_that_holds_no_status_is_no_status(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / STATUS_FILE).write_text(content)
-    status = RunStatus.read(tmp_path)
-    assert status == (RunStatus(state="finished") if content and "finished" in content else None)
-    assert RunStatus.read(None) is None
-
-
-def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    status = RunStatus(state="stopped", step=3, num_steps=9, reason="a signal", save_s=0.5)
-    status.write(tmp_path)
-    assert RunStatus.read(tmp_path) == status
-    assert json.loads((tmp_path / STATUS_FILE).read_text())["time"] > 0
-    with pytest.raises(RasftError, match="--save"):
-        status.write(tmp_path / "missing")
 
 
 def test_the_first_start_is_written_down_as_running(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rasft.errors import is_first_of_node
+from megatron_rasft.monitoring import stalls
 from megatron_rasft.ranks import gather_to_all, on_rank_zero
-from megatron_rasft.training import stalls
 
 _MARGIN_S = 60.0
 """Time left for the end of the processes, seconds, if --exit-before-end-s is not given."""

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megatron_rasft import metrics
 from megatron_rasft.files import written_to
-from megatron_rasft.training import live
+from megatron_rasft.monitoring import live
 
 
 class ScalarWriter(Protocol):

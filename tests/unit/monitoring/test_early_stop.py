@@ -8,7 +8,7 @@ import pytest
 
 _PROGRAM = """
 import os, signal
-from megatron_rasft.training import early_stop
+from megatron_rasft.monitoring import early_stop
 signal.signal(signal.SIGTERM, signal.{before})
 early_stop.remember()
 os.kill(os.getpid(), signal.SIGTERM)
