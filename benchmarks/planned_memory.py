@@ -42,12 +42,13 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import training  # noqa: E402
 
 from megatron_rasft.machine.megatron_calls import quiet  # noqa: E402
+from megatron_rasft.model import model_source  # noqa: E402
+from megatron_rasft.model.model_chunks import build_chunk  # noqa: E402
 from megatron_rasft.tools.capacity.choosing import LayoutEstimate  # noqa: E402
 from megatron_rasft.tools.capacity.layout_tables import Table  # noqa: E402
 from megatron_rasft.tools.capacity.layouts import Model  # noqa: E402
 from megatron_rasft.tools.capacity.memory import GIB  # noqa: E402
-from megatron_rasft.training import model_source, startup  # noqa: E402
-from megatron_rasft.training.model import build_chunk  # noqa: E402
+from megatron_rasft.training import startup  # noqa: E402
 from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from tests.emulated_gpu.traced_layers import Trace, is_installed, trace_settings  # noqa: E402
 from tests.slurm_settings import SETTINGS, Setting, model_folder  # noqa: E402

@@ -545,7 +545,7 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
     from megatron.core.transformer.transformer_config import MLATransformerConfig
     from megatron.training.argument_utils import _apply_yarn_config_from_args
 
-    from megatron_rasft.training.model import config_class
+    from megatron_rasft.model.model_chunks import config_class
 
     args = megatron_args(folder)
     kind = config_class(SimpleNamespace(**args))
@@ -583,7 +583,7 @@ def build_chunks(
     from megatron.core import parallel_state as ps
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from megatron_rasft.training.model import layer_spec, model_class
+    from megatron_rasft.model.model_chunks import layer_spec, model_class
 
     args = megatron_args(folder)
     config = transformer_config(folder, virtual_pipeline_model_parallel_size=vpp, **overrides)

@@ -5,13 +5,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.model.fp8_scales import has_delayed_scales
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.training.checkpointer import Checkpointer
 from megatron_rasft.training.finished_runs import num_steps
-from megatron_rasft.training.fp8_scales import has_delayed_scales
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.outputs import reference_cache
 from megatron_rasft.training.problems import Problems

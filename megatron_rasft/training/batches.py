@@ -17,7 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rasft.data.packing import pack
-from megatron_rasft.training.attention import zigzag_positions
+from megatron_rasft.model.attention import zigzag_positions
 from megatron_rasft.training.samples import LOGPROBS, Array, Batch, SampleArrays
 
 WIDTH_SLACK = 0.03

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from torch import Tensor
 
-from megatron_rasft.training.attention import SdpaCoreAttention, visible_keys
+from megatron_rasft.model.attention import SdpaCoreAttention, visible_keys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,12 @@ from megatron_rasft.config.config_file import naming_lines
 from megatron_rasft.errors import first_line
 from megatron_rasft.machine.gpu_kernels import report_missing_transformer_engine
 from megatron_rasft.machine.megatron_calls import VERBOSE, quiet
+from megatron_rasft.model.layout_checks import check_layout, check_sampling, check_sinks, check_windows
+from megatron_rasft.model.model_source import architecture_args, open_folder
 from megatron_rasft.monitoring.status import RunStatus
 from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
-from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_sinks, check_windows
-from megatron_rasft.training.model_source import architecture_args, open_folder
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.rollout_servers import read_keys
 from megatron_rasft.weights.folder import HfFolder, ModelFolder

@@ -30,6 +30,8 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.machine import megatron_calls
 from megatron_rasft.machine.megatron_calls import overridden, quiet
+from megatron_rasft.model.fp8_scales import DelayedScales, has_delayed_scales
+from megatron_rasft.model.model_source import chunk_builder, model_tensors
 from megatron_rasft.monitoring import early_stop
 from megatron_rasft.monitoring.status import RunStatus
 from megatron_rasft.monitoring.stopping import Allocation, StopRequest
@@ -46,9 +48,7 @@ from megatron_rasft.training.batch_preparation import (
 from megatron_rasft.training.batches import BatchFacts, MicroBatch
 from megatron_rasft.training.checkpointer import load_converted_weights
 from megatron_rasft.training.forward import Forward, run_forward_only
-from megatron_rasft.training.fp8_scales import DelayedScales, has_delayed_scales
 from megatron_rasft.training.generation import PolicySampler
-from megatron_rasft.training.model_source import chunk_builder, model_tensors
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.samples import Batch
 from megatron_rasft.training.scoring import Scorer

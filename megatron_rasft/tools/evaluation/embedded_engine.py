@@ -13,10 +13,10 @@ from megatron.training import checkpointing, training
 
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.machine.megatron_calls import overridden, quiet
+from megatron_rasft.model.model_source import chunk_builder, model_tensors
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training import checkpoints, startup
 from megatron_rasft.training.generation import PolicySampler
-from megatron_rasft.training.model_source import chunk_builder, model_tensors
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import Request, Response, SamplingParams
 

@@ -56,7 +56,7 @@ def norm_entry(megatron: tuple[str, ...], hf: str, size: Callable[[ModelShape], 
 
 
 def post_norm_entry(linear: str, hf: str) -> Entry:
-    """The norm of the output of a linear layer (training/extended_model.py)."""
+    """The norm of the output of a linear layer (model/extended_model.py)."""
     return norm_entry((f"{linear}.post_norm.weight",), hf, lambda s: s.hidden_size)
 
 

@@ -36,7 +36,7 @@ def _own_sizes(config: Config) -> dict[str, Any]:
 
 
 def _own_args(config: Config, shape: ModelShape) -> dict[str, Any]:
-    """Returns the arguments of Megatron and of training/extended_model.py."""
+    """Returns the arguments of Megatron and of model/extended_model.py."""
     return {
         "swiglu": False,
         "softmax_scale": positive_number(config, "query_pre_attn_scalar", 256.0) ** -0.5,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rasft.training.attention import zigzag_positions
+from megatron_rasft.model.attention import zigzag_positions
 from megatron_rasft.training.batches import (
     WIDTH_SLACK,
     BatchLayout,

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.model.fp8_scales import DelayedScales
 from megatron_rasft.training import checkpointer
 from megatron_rasft.training.checkpointer import Checkpointer, load_converted_weights
 from megatron_rasft.training.checkpoints import STATE_FILE, architecture_of
-from megatron_rasft.training.fp8_scales import DelayedScales
 from megatron_rasft.training.resume import Resume
 from tests.unit.training.stand_ins import args_with_architecture
 

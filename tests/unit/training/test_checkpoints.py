@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.errors import CheckpointError, FailedElsewhere
+from megatron_rasft.model.fp8_scales import UNPICKLE
 from megatron_rasft.training import checkpoints
 from megatron_rasft.training.checkpoints import (
     QUEUE_FILE,
@@ -23,7 +24,6 @@ from megatron_rasft.training.checkpoints import (
     save_explained,
     write_state,
 )
-from megatron_rasft.training.fp8_scales import UNPICKLE
 from megatron_rasft.training.resume import Resume
 from tests.unit.training.stand_ins import args_with_architecture
 

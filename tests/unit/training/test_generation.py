@@ -7,8 +7,8 @@ import pytest
 import torch
 from megatron.core.transformer.attention import SelfAttention
 
+from megatron_rasft.model.attention import SdpaCoreAttention
 from megatron_rasft.training import generation
-from megatron_rasft.training.attention import SdpaCoreAttention
 from megatron_rasft.training.generation import (
     PolicySampler,
     generation_mode,

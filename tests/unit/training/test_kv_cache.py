@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rasft.training.attention import SdpaCoreAttention
+from megatron_rasft.model.attention import SdpaCoreAttention
 from megatron_rasft.training.kv_cache import (
     CachedAttention,
     Decode,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_rasft.model.fp8_scales import DelayedScales
 from megatron_rasft.monitoring.stopping import Stopped
-from megatron_rasft.training.fp8_scales import DelayedScales
 from megatron_rasft.training.scoring import Scorer
 from megatron_rasft.types import TrainingSample
 from tests.unit.training.test_batch_preparation import preparer
@@ -104,7 +104,7 @@ def test_fp8_scales_are_set_from_the_first_global_batch(monkeypatch: pytest.Monk
     def note(batches: list[Any]) -> None:
         sizes.append(sum(int((b.position_ids == 0).sum()) for b in batches))
 
-    monkeypatch.setattr("megatron_rasft.training.fp8_scales.set_delayed_scales", lambda forward: forward())
+    monkeypatch.setattr("megatron_rasft.model.fp8_scales.set_delayed_scales", lambda forward: forward())
     scorer, _ = scorer_of(scales=DelayedScales(is_used=True, forward=note))
     for num in (1, 5, 5):  # the probes of a sync with servers come first
         assert len(scorer.score(samples(num), with_reference=False)) == num

@@ -16,7 +16,8 @@ from megatron_rasft.tools.capacity.layouts import Model
 
 cpu_backend.enable()
 
-from megatron_rasft.training import model_source, startup  # noqa: E402
+from megatron_rasft.model import model_source  # noqa: E402
+from megatron_rasft.training import startup  # noqa: E402
 from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from tests.tiny_models import write_folder  # noqa: E402
 from tools import serve_node, serve_rollouts  # noqa: E402

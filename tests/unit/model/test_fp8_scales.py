@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.training import fp8_scales
-from megatron_rasft.training.fp8_scales import UNPICKLE, DelayedScales, own_scales_loaded
+from megatron_rasft.model import fp8_scales
+from megatron_rasft.model.fp8_scales import UNPICKLE, DelayedScales, own_scales_loaded
 
 DELAYED: Any = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed")
 

@@ -10,8 +10,8 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.heldout import HeldoutConfig
 from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.config.run import RunConfig
-from megatron_rasft.training import model_source
-from megatron_rasft.training.model_source import open_folder
+from megatron_rasft.model import model_source
+from megatron_rasft.model.model_source import open_folder
 from tests.unit.bridge.stand_ins import provider
 
 BRIDGE = RunConfig(model_source="bridge")

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_rasft.training.attention import RMSNorm
+from megatron_rasft.model.attention import RMSNorm
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_rasft.config import HeldoutConfig, RolloutConfig
-from megatron_rasft.training.layout_checks import (
+from megatron_rasft.model.layout_checks import (
     check_layout,
     check_sampling,
     check_served,

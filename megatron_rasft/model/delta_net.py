@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_rasft.training import delta_rule
-from megatron_rasft.training.attention import RMSNorm
+from megatron_rasft.model import delta_rule
+from megatron_rasft.model.attention import RMSNorm
 
 
 class HeadNorm(RMSNorm):

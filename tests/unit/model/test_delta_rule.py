@@ -11,7 +11,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     torch_recurrent_gated_delta_rule,
 )
 
-from megatron_rasft.training.delta_rule import (
+from megatron_rasft.model.delta_rule import (
     causal_conv1d,
     chunk_gated_delta_rule,
     delta_rule,

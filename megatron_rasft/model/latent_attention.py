@@ -12,7 +12,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_rasft.training.attention import RMSNorm
+from megatron_rasft.model.attention import RMSNorm
 
 _LATENT_EPS = 1e-6
 """transformers gives the norms of the latents this constant, whatever config.json says (DeepseekV3Attention)."""

@@ -7,17 +7,16 @@ import pytest
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.transformer.attention import SelfAttention
 
-from megatron_rasft.training import delta_net
-from megatron_rasft.training import model as model_module
-from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
-from megatron_rasft.training.delta_net import HeadNorm
-from megatron_rasft.training.model import layer_spec
+from megatron_rasft.model import delta_net, model_chunks
+from megatron_rasft.model.attention import RMSNorm, SdpaCoreAttention
+from megatron_rasft.model.delta_net import HeadNorm
+from megatron_rasft.model.model_chunks import layer_spec
 
 
 def config_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     """A configuration whose second pipeline stage, the present one, has three of five layers."""
-    monkeypatch.setattr(model_module, "get_num_layers_to_build", lambda config, vp_stage: 3)
-    monkeypatch.setattr(model_module, "get_transformer_layer_offset", lambda config, vp_stage: 2)
+    monkeypatch.setattr(model_chunks, "get_num_layers_to_build", lambda config, vp_stage: 3)
+    monkeypatch.setattr(model_chunks, "get_transformer_layer_offset", lambda config, vp_stage: 2)
     values = {
         "transformer_impl": "local",
         "num_layers": 5,
@@ -67,7 +66,7 @@ def test_a_stage_has_experts_in_its_own_layers(
 
 
 def test_transformer_engines_layers_are_megatrons_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "get_gpt_decoder_block_spec", lambda *args, **kind: (args, kind))
+    monkeypatch.setattr(model_chunks, "get_gpt_decoder_block_spec", lambda *args, **kind: (args, kind))
     config = config_of(monkeypatch, transformer_impl="transformer_engine")
     spec: Any = layer_spec(config, 1)
     assert spec == ((config,), {"use_transformer_engine": True, "vp_stage": 1})

@@ -9,8 +9,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rasft.training import attention
-from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention, zigzag_positions
+from megatron_rasft.model import attention
+from megatron_rasft.model.attention import RMSNorm, SdpaCoreAttention, zigzag_positions
 
 HEADS, GROUPS, DIM = 4, 2, 8
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])

@@ -12,9 +12,9 @@ from megatron_rasft.bridge import building
 from megatron_rasft.bridge.folder import FLAG, BridgedFolder
 from megatron_rasft.bridge.tensors import BridgedTensors
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.training.layout_checks import check_served, refuse_own_sampling
-from megatron_rasft.training.model import build_chunk, run_config
-from megatron_rasft.training.table_tensors import TableTensors
+from megatron_rasft.model.layout_checks import check_served, refuse_own_sampling
+from megatron_rasft.model.model_chunks import build_chunk, run_config
+from megatron_rasft.model.table_tensors import TableTensors
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.folder import HfFolder, ModelFolder
 from megatron_rasft.weights.gathering import ModelTensors

@@ -12,10 +12,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.training.argument_utils import core_transformer_config_from_args
 from torch import Tensor
 
-from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
-from megatron_rasft.training.delta_net import delta_pattern, engine_block, plain_delta_layer
-from megatron_rasft.training.extended_model import EXTENSIONS, ExtendedConfig, ExtendedModel, extend_layer
-from megatron_rasft.training.latent_attention import LatentAttention
+from megatron_rasft.model.attention import RMSNorm, SdpaCoreAttention
+from megatron_rasft.model.delta_net import delta_pattern, engine_block, plain_delta_layer
+from megatron_rasft.model.extended_model import EXTENSIONS, ExtendedConfig, ExtendedModel, extend_layer
+from megatron_rasft.model.latent_attention import LatentAttention
 
 
 def config_class(args: Any) -> type[TransformerConfig]:
