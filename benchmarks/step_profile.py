@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.trainers import build, make_samples, parser, peak_memory_gib, report
-from megatron_rasft.training.samples import Batch, SampleArrays
+from megatron_rasft.data.sample_arrays import Batch, SampleArrays
 
 WARM_UP_STEPS = 3
 NUM_LISTED = 8

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from benchmarks import trainers
 from benchmarks.shapes import SHAPES, write_model
+from megatron_rasft.data.sample_arrays import Batch, SampleArrays
 from megatron_rasft.objective.families.likelihood import Sft
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training import startup
 from megatron_rasft.training.batches import MicroBatch
 from megatron_rasft.training.forward import Forward
-from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.types import TrainingSample
 

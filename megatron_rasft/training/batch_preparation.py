@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 
+from megatron_rasft.data.sample_arrays import Batch
 from megatron_rasft.ranks import gather_to_all, hand_out
 from megatron_rasft.training.batches import (
     WIDTH_SLACK,
@@ -18,7 +19,6 @@ from megatron_rasft.training.batches import (
     build_micro_batches,
     shard_batch,
 )
-from megatron_rasft.training.samples import Batch
 
 
 @dataclass(kw_only=True)

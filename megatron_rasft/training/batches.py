@@ -17,8 +17,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rasft.data.packing import pack
+from megatron_rasft.data.sample_arrays import LOGPROBS, Array, Batch, SampleArrays
 from megatron_rasft.model.attention import zigzag_positions
-from megatron_rasft.training.samples import LOGPROBS, Array, Batch, SampleArrays
 
 WIDTH_SLACK = 0.03
 """Largest share of a micro-batch's width that rounding may add on GPUs, so that few different widths occur.

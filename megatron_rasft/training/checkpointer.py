@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.training import checkpointing, training
 from megatron.training.async_utils import is_empty_async_queue
 
+from megatron_rasft.data.sample_arrays import Array
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.machine.megatron_calls import overridden, quiet
 from megatron_rasft.model.fp8_scales import DelayedScales, own_scales_loaded
@@ -33,7 +34,6 @@ from megatron_rasft.training.checkpoints import (
     write_state,
 )
 from megatron_rasft.training.resume import Resume
-from megatron_rasft.training.samples import Array
 
 
 class Trained(Protocol):

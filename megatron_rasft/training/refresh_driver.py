@@ -51,6 +51,7 @@ from contextlib import nullcontext
 from itertools import chain
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.data.sample_arrays import BatchQueue, SampleArrays
 from megatron_rasft.monitoring import live, stalls
 from megatron_rasft.objective.declaration import Teacher
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
@@ -58,7 +59,6 @@ from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.refresh import ProblemChoice, Refresh, difficulties
 from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.training.rollout_servers import RolloutServers
-from megatron_rasft.training.samples import BatchQueue, SampleArrays
 from megatron_rasft.types import BatchSize, Request, RolloutGroup, SamplingParams, TrainingSample
 
 Groups = Mapping[str, RolloutGroup]

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.data.sample_arrays import Array, BatchQueue, SampleArrays
 from megatron_rasft.errors import RasftError, first_line
 from megatron_rasft.monitoring import stalls
 from megatron_rasft.monitoring.stopping import Stopped
@@ -21,7 +22,6 @@ from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.record import RunRecord
 from megatron_rasft.training.refresh_driver import RefreshDriver, Samples
 from megatron_rasft.training.rollout_servers import RolloutServers
-from megatron_rasft.training.samples import Array, BatchQueue, SampleArrays
 from megatron_rasft.training.step_report import gpu_tflop_per_s, step_values, step_warning
 from megatron_rasft.training.trainer import Diverged, StepResult, Trainer
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
+from megatron_rasft.data.sample_arrays import Array, Batch, SampleArrays, views
 from megatron_rasft.model.fp8_scales import DelayedScales
 from megatron_rasft.monitoring import live
 from megatron_rasft.ranks import gather_to_rank_zero, kept_by_rank_zero, on_rank_zero
 from megatron_rasft.training.batch_preparation import BatchPreparer, PreparedBatch
 from megatron_rasft.training.batches import MicroBatch, response_values
 from megatron_rasft.training.reference import FrozenReference
-from megatron_rasft.training.samples import Array, Batch, SampleArrays, views
 from megatron_rasft.types import TrainingSample
 
 _SCORED_BATCHES = 4

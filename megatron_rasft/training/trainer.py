@@ -27,6 +27,7 @@ from megatron.training.global_vars import get_signal_handler
 from megatron.training.utils import calc_params_l2_norm
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.data.sample_arrays import Batch
 from megatron_rasft.errors import RasftError
 from megatron_rasft.machine import megatron_calls
 from megatron_rasft.machine.megatron_calls import overridden, quiet
@@ -50,7 +51,6 @@ from megatron_rasft.training.checkpointer import load_converted_weights
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.generation import PolicySampler
 from megatron_rasft.training.reference import FrozenReference
-from megatron_rasft.training.samples import Batch
 from megatron_rasft.training.scoring import Scorer
 from megatron_rasft.training.warmup import WarmUp
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample

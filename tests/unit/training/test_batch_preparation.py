@@ -8,10 +8,10 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_rasft.data.sample_arrays import Batch, SampleArrays
 from megatron_rasft.training import batch_preparation
 from megatron_rasft.training.batch_preparation import BatchPreparer, batch_layout
 from megatron_rasft.training.batches import WIDTH_SLACK, BatchLayout
-from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.types import TrainingSample
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rasft.data.sample_arrays import Batch, SampleArrays
 from megatron_rasft.model.attention import zigzag_positions
 from megatron_rasft.training.batches import (
     WIDTH_SLACK,
@@ -17,7 +18,6 @@ from megatron_rasft.training.batches import (
     response_values,
     shard_batch,
 )
-from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.types import TrainingSample
 
 

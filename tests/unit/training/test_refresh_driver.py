@@ -14,6 +14,7 @@ from megatron_rasft.config import (
     RunConfig,
     SyncConfig,
 )
+from megatron_rasft.data.sample_arrays import BatchQueue
 from megatron_rasft.monitoring.stopping import Stopped
 from megatron_rasft.objective.families.likelihood import Sft
 from megatron_rasft.objective.families.policy_ratio import Psft
@@ -21,7 +22,6 @@ from megatron_rasft.objective.families.self_distillation import Sdft
 from megatron_rasft.training.refresh import ProblemChoice, sampling_params
 from megatron_rasft.training.refresh_driver import RefreshDriver
 from megatron_rasft.training.refresh_report import RefreshReport
-from megatron_rasft.training.samples import BatchQueue
 from megatron_rasft.types import TrainingSample
 from tests.unit.training.stand_ins import (
     BAND,

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_rasft import metrics
 from megatron_rasft.config import HeldoutConfig, RasftConfig
+from megatron_rasft.data.sample_arrays import Batch, BatchQueue, SampleArrays
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.monitoring.status import RunStatus
 from megatron_rasft.monitoring.stopping import Allocation, Stopped, StopRequest
@@ -19,7 +20,6 @@ from megatron_rasft.training.record import RunRecord
 from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.run import Run
-from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays
 from megatron_rasft.training.trainer import Diverged, StepResult
 from megatron_rasft.types import TrainingSample
 from tests.unit.training.stand_ins import config_of

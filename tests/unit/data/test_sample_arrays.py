@@ -8,7 +8,7 @@ from array import array
 import numpy as np
 import pytest
 
-from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays, views
+from megatron_rasft.data.sample_arrays import Batch, BatchQueue, SampleArrays, views
 from megatron_rasft.types import BatchSize, TrainingSample
 
 
