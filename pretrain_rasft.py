@@ -33,16 +33,16 @@ if __name__ != "__mp_main__":
 
     import torch.distributed as dist
 
+    from megatron_rasft.checkpoints.background_saves import end_process
+    from megatron_rasft.checkpoints.finished_runs import finished_before
+    from megatron_rasft.checkpoints.resume import find_resume
     from megatron_rasft.monitoring import stalls
     from megatron_rasft.monitoring.stopping import Stopped
     from megatron_rasft.ranks import on_rank_zero
     from megatron_rasft.training import startup
     from megatron_rasft.training.assembly import build_run
-    from megatron_rasft.training.background_saves import end_process
-    from megatron_rasft.training.finished_runs import finished_before
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
-    from megatron_rasft.training.resume import find_resume
     from megatron_rasft.training.resume_checks import check_resume
     from megatron_rasft.training.trainer import Trainer
 

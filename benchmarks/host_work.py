@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_rasft.checkpoints.state_files import write_state
 from megatron_rasft.data.sample_arrays import Batch, BatchQueue, SampleArrays
 from megatron_rasft.ranks import hand_out, on_rank_zero
 from megatron_rasft.training.batches import BatchLayout, build_micro_batches, shard_batch
-from megatron_rasft.training.checkpoints import write_state
 from megatron_rasft.types import TrainingSample
 
 BARS = {

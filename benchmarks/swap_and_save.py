@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.trainers import build, make_samples, parser, peak_memory_gib, report
-from megatron_rasft.training.checkpointer import Checkpointer
-from megatron_rasft.training.resume import Resume
+from megatron_rasft.checkpoints.checkpointer import Checkpointer
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.types import TrainingSample
 from megatron_rasft.weights.tracker import TRACKER_FILE

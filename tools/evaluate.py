@@ -24,6 +24,7 @@ from rich.console import Console
 if not __package__:  # lets the file run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.config.command_line import run_parser
 from megatron_rasft.config.config_file import CONFIG_FLAG, naming_lines
 from megatron_rasft.config.data import DataConfig
@@ -53,7 +54,6 @@ from megatron_rasft.tools.evaluation.own_sets import FIELDS
 from megatron_rasft.tools.evaluation.questions import ask
 from megatron_rasft.tools.evaluation.server_engine import Servers
 from megatron_rasft.tools.evaluation.summary import Summary, summarise
-from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level
 from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_rasft.checkpoints.finished_runs import describe_finished, is_finished
+from megatron_rasft.checkpoints.resume import Resume
+from megatron_rasft.checkpoints.state_files import architecture_of, read_state
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.saved import SavedConfig
 from megatron_rasft.objective.declaration import Objective
@@ -20,8 +23,6 @@ from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfi
 from megatron_rasft.tools.capacity.layouts import Layout, Model
 from megatron_rasft.tools.capacity.memory import MemoryEstimate, estimate_memory
 from megatron_rasft.training.assembly import describe_run, runs_on_gpu, schedule_of
-from megatron_rasft.training.checkpoints import architecture_of, read_state
-from megatron_rasft.training.finished_runs import describe_finished, is_finished
 from megatron_rasft.training.outputs import (
     data_cache,
     kept_nothing,
@@ -32,7 +33,6 @@ from megatron_rasft.training.outputs import (
 from megatron_rasft.training.problems import Problems, open_replay, read_problems, set_length
 from megatron_rasft.training.record import describe_changes
 from megatron_rasft.training.remarks import remarks
-from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.resume_checks import check_resume
 from megatron_rasft.training.schedule import Schedule
 from megatron_rasft.weights.shard_files import open_shards, shard_files

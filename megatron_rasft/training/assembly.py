@@ -4,14 +4,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rasft.checkpoints.checkpointer import Checkpointer
+from megatron_rasft.checkpoints.finished_runs import num_steps
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.model.fp8_scales import has_delayed_scales
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.servers.record import ServerRecords
-from megatron_rasft.training.checkpointer import Checkpointer
-from megatron_rasft.training.finished_runs import num_steps
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.outputs import reference_cache
 from megatron_rasft.training.problems import Problems
@@ -20,7 +21,6 @@ from megatron_rasft.training.reference import LogprobCache, initial_fingerprint,
 from megatron_rasft.training.refresh import Refresh, sampling_params
 from megatron_rasft.training.refresh_driver import RefreshDriver
 from megatron_rasft.training.remarks import remarks
-from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.rollout_servers import RolloutServers, read_keys
 from megatron_rasft.training.run import Run
 from megatron_rasft.training.schedule import Schedule

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.saved import SavedConfig, write_flags
 from megatron_rasft.monitoring.progress import Progress, ScalarWriter
 from megatron_rasft.monitoring.status import RunStatus, State
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.outputs import cut_files, metrics_file, rollouts_file
-from megatron_rasft.training.resume import Resume
 from megatron_rasft.weights.model_card import run_facts
 
 

@@ -14,17 +14,17 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 
+from megatron_rasft.checkpoints.finished_runs import is_finished
+from megatron_rasft.checkpoints.resume import Resume
+from megatron_rasft.checkpoints.state_files import architecture_of, load_explained, read_state, refused_scales
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.curriculum.curriculum import check_state, problems_fingerprint
 from megatron_rasft.data.tokenized_rows import ByProblem, fingerprint_of
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.flags import flag_name
 from megatron_rasft.model.fp8_scales import needs_unpickling
-from megatron_rasft.training.checkpoints import architecture_of, load_explained, read_state, refused_scales
-from megatron_rasft.training.finished_runs import is_finished
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.reference import initial_fingerprint
-from megatron_rasft.training.resume import Resume
 
 OVERRIDE = "--override-opt_param-scheduler"
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_rasft import metrics
+from megatron_rasft.checkpoints.checkpointer import Checkpointer
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.data.sample_arrays import Array, BatchQueue, SampleArrays
 from megatron_rasft.errors import RasftError, first_line
@@ -17,7 +18,6 @@ from megatron_rasft.monitoring import stalls
 from megatron_rasft.monitoring.stopping import Stopped
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.batch_preparation import PreparedBatch
-from megatron_rasft.training.checkpointer import Checkpointer
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.record import RunRecord
 from megatron_rasft.training.refresh_driver import RefreshDriver, Samples

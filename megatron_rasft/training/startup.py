@@ -16,6 +16,7 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer, set_global_variables
 from megatron.training.initialize import initialize_megatron
 
+from megatron_rasft.checkpoints.background_saves import write_in_process
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.command_line import check_given
 from megatron_rasft.config.config_file import naming_lines
@@ -27,7 +28,6 @@ from megatron_rasft.model.model_source import architecture_args, open_folder
 from megatron_rasft.monitoring.status import RunStatus
 from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
-from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.rollout_servers import read_keys
 from megatron_rasft.weights.folder import HfFolder, ModelFolder

@@ -26,6 +26,7 @@ from megatron.training import training
 from megatron.training.global_vars import get_signal_handler
 from megatron.training.utils import calc_params_l2_norm
 
+from megatron_rasft.checkpoints.checkpointer import load_converted_weights
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.data.sample_arrays import Batch
 from megatron_rasft.errors import RasftError
@@ -47,7 +48,6 @@ from megatron_rasft.training.batch_preparation import (
     replica_ranks,
 )
 from megatron_rasft.training.batches import BatchFacts, MicroBatch
-from megatron_rasft.training.checkpointer import load_converted_weights
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.generation import PolicySampler
 from megatron_rasft.training.reference import FrozenReference

@@ -30,6 +30,7 @@ TOP_LEVEL = {
 
 PACKAGES = {
     "bridge",
+    "checkpoints",
     "data",
     "machine",
     "model",
@@ -46,6 +47,7 @@ PACKAGES = {
 }
 MAY_ALSO_IMPORT = {
     "bridge": {"weights"},
+    "checkpoints": {"data", "machine", "model", "monitoring", "weights"},
     "model": {"machine", "bridge", "weights"},
     "monitoring": {"rollout"},
     "rollout": {"servers"},
@@ -61,14 +63,14 @@ stand in its own file, which does not import torch.
 JOINING_PACKAGES = {"training", "tools"}
 """May import other packages."""
 
-MAY_IMPORT_MEGATRON = {"bridge", "machine", "model", "training", "tools"}
+MAY_IMPORT_MEGATRON = {"bridge", "checkpoints", "machine", "model", "training", "tools"}
 """The others take tensors and process groups as arguments."""
 MAY_IMPORT_TORCH = MAY_IMPORT_MEGATRON | {"ranks", "objective", "weights", "sync", "monitoring"}
 LIGHT_TOOLS = ["tools/capacity", "tools/cli", "tools/data"]
 """The parts of tools/ that work on a machine without torch, such as a laptop."""
 
 MAY_SPEAK_HTTP = {"servers", "rollout"}
-MAY_CALL_DEVICES = {"machine", "model", "monitoring", "sync", "training"}
+MAY_CALL_DEVICES = {"checkpoints", "machine", "model", "monitoring", "sync", "training"}
 
 HTTP = ("httpx", "requests", "aiohttp", "http.client", "urllib.request", "urllib3")
 VAGUE_NAMES = {"utils", "helpers", "common", "misc"}

@@ -11,13 +11,14 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, training
 
+from megatron_rasft.checkpoints import state_files
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.machine.megatron_calls import overridden, quiet
 from megatron_rasft.model.model_source import chunk_builder, model_tensors
 from megatron_rasft.ranks import on_rank_zero
-from megatron_rasft.training import checkpoints, startup
+from megatron_rasft.training import startup
 from megatron_rasft.training.generation import PolicySampler
-from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import Request, Response, SamplingParams
 
 
@@ -66,15 +67,15 @@ class EmbeddedEngine:
         try:
             with quiet(), overridden(args, **flags):
                 checkpointing.load_checkpoint(self._model, None, None)
-        except (AssertionError, RuntimeError, *checkpoints.LOAD_FAILURES) as error:
+        except (AssertionError, RuntimeError, *state_files.LOAD_FAILURES) as error:
             raise CheckpointError(
-                f"the checkpoint in {checkpoint} cannot be loaded: {checkpoints.checkpoint_failure(error)}"
+                f"the checkpoint in {checkpoint} cannot be loaded: {state_files.checkpoint_failure(error)}"
             ) from error
 
     def _choose(self, checkpoint: str) -> Resume:
         """Chooses the checkpoint on rank 0 for all ranks, because a run may save another checkpoint while the ranks start."""
         resume = Resume.at(checkpoint, self._args.ckpt_step)
-        checkpoints.read_state(resume, checkpoints.architecture_of(self._args))
+        state_files.read_state(resume, state_files.architecture_of(self._args))
         return resume
 
     @property

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.config import RasftConfig, RolloutConfig, RunConfig
 from megatron_rasft.errors import CheckpointError, RasftError
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.record import RunRecord
-from megatron_rasft.training.resume import Resume
 from tests.unit.training.stand_ins import config_of
 
 

@@ -10,15 +10,16 @@ import pytest
 from megatron.core.dist_checkpointing import serialization
 from megatron.training import training
 
+from megatron_rasft.checkpoints.resume import Resume
+from megatron_rasft.checkpoints.state_files import architecture_of, write_state
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.model.fp8_scales import UNPICKLE
 from megatron_rasft.monitoring.status import RunStatus
 from megatron_rasft.objective.families import OBJECTIVES
 from megatron_rasft.training import resume_checks
-from megatron_rasft.training.checkpoints import architecture_of, write_state
-from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.resume_checks import check_resume, refuse_other_flags, scheduler_settings
-from tests.unit.training.stand_ins import args_with_architecture, config_of, demonstrations, refresh_of
+from tests.unit.checkpoints.stand_ins import args_with_architecture
+from tests.unit.training.stand_ins import config_of, demonstrations, refresh_of
 
 FLAGS = {
     "lr": 1e-3,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_rasft import metrics
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.config import HeldoutConfig, RasftConfig
 from megatron_rasft.data.sample_arrays import Batch, BatchQueue, SampleArrays
 from megatron_rasft.errors import CheckpointError
@@ -18,7 +19,6 @@ from megatron_rasft.monitoring.stopping import Allocation, Stopped, StopRequest
 from megatron_rasft.training.batches import BatchFacts
 from megatron_rasft.training.record import RunRecord
 from megatron_rasft.training.refresh_report import RefreshReport
-from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.run import Run
 from megatron_rasft.training.trainer import Diverged, StepResult
 from megatron_rasft.types import TrainingSample

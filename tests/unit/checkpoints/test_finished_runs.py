@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft.checkpoints.finished_runs import finished_before
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.monitoring.status import RunStatus
-from megatron_rasft.training.finished_runs import finished_before
-from megatron_rasft.training.resume import Resume
 
 
 def args_of(save: Path | None, export_hf: Path | None = None, **length: int | None) -> Any:

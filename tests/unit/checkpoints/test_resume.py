@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft.checkpoints.resume import Resume, find_resume
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training.resume import Resume, find_resume
 from megatron_rasft.weights.tracker import TRACKER_FILE
 
 

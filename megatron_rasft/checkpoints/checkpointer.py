@@ -13,13 +13,9 @@ from megatron.core import dist_checkpointing
 from megatron.training import checkpointing, training
 from megatron.training.async_utils import is_empty_async_queue
 
-from megatron_rasft.data.sample_arrays import Array
-from megatron_rasft.errors import CheckpointError
-from megatron_rasft.machine.megatron_calls import overridden, quiet
-from megatron_rasft.model.fp8_scales import DelayedScales, own_scales_loaded
-from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
-from megatron_rasft.training.background_saves import SaveQueue, write_in_background
-from megatron_rasft.training.checkpoints import (
+from megatron_rasft.checkpoints.background_saves import SaveQueue, write_in_background
+from megatron_rasft.checkpoints.resume import Resume
+from megatron_rasft.checkpoints.state_files import (
     LOAD_FAILURES,
     architecture_of,
     checkpoint_failure,
@@ -33,7 +29,11 @@ from megatron_rasft.training.checkpoints import (
     save_explained,
     write_state,
 )
-from megatron_rasft.training.resume import Resume
+from megatron_rasft.data.sample_arrays import Array
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.machine.megatron_calls import overridden, quiet
+from megatron_rasft.model.fp8_scales import DelayedScales, own_scales_loaded
+from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 
 
 class Trained(Protocol):

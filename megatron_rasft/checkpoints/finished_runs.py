@@ -3,9 +3,9 @@
 import argparse
 import dataclasses
 
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.monitoring.status import RunStatus, State
 from megatron_rasft.ranks import on_rank_zero
-from megatron_rasft.training.resume import Resume
 
 
 def finished_before(args: argparse.Namespace, resume: Resume) -> bool:

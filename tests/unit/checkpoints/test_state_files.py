@@ -9,10 +9,9 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rasft.errors import CheckpointError, FailedElsewhere
-from megatron_rasft.model.fp8_scales import UNPICKLE
-from megatron_rasft.training import checkpoints
-from megatron_rasft.training.checkpoints import (
+from megatron_rasft.checkpoints import state_files
+from megatron_rasft.checkpoints.resume import Resume
+from megatron_rasft.checkpoints.state_files import (
     QUEUE_FILE,
     STATE_FILE,
     architecture_of,
@@ -24,8 +23,9 @@ from megatron_rasft.training.checkpoints import (
     save_explained,
     write_state,
 )
-from megatron_rasft.training.resume import Resume
-from tests.unit.training.stand_ins import args_with_architecture
+from megatron_rasft.errors import CheckpointError, FailedElsewhere
+from megatron_rasft.model.fp8_scales import UNPICKLE
+from tests.unit.checkpoints.stand_ins import args_with_architecture
 
 ARRAYS = {
     "tokens": np.arange(1000, dtype=np.int32),
@@ -173,7 +173,7 @@ def test_the_reason_of_the_first_failed_rank_is_given(monkeypatch: pytest.Monkey
     failures: Any = {3: (OSError("disk gone"), None), 1: (OSError("disk full\nmore"), None)}
     assert checkpoint_failure(CheckpointException("", failures)) == "rank 1: disk full"
     assert checkpoint_failure(OSError("disk full\nmore")) == "disk full"
-    monkeypatch.setattr(checkpoints.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(state_files.dist, "get_rank", lambda: 1)
     with pytest.raises(FailedElsewhere):
         checkpoint_failure(CheckpointException("", {}))
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,9 +16,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
+from megatron_rasft.checkpoints.background_saves import SaveQueue, end_process, write_in_process
 from megatron_rasft.monitoring import stalls
-from megatron_rasft.training.background_saves import SaveQueue, end_process, write_in_process
-from tests.unit.training.conftest import Parse
 
 
 @pytest.fixture(autouse=True)
@@ -145,8 +145,8 @@ def test_a_program_that_fails_during_a_save_ends_with_its_own_code(monkeypatch: 
         end_process(2)
 
 
-def test_only_memory_that_training_changes_is_copied(parse: Parse) -> None:
-    args = parse("--async-save")
+def test_only_memory_that_training_changes_is_copied() -> None:
+    args: Any = SimpleNamespace(distributed_timeout_minutes=10, optimizer_cpu_offload=False)
     on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
     assert not SaveQueue.for_run(args, on_gpu).copies_cpu_tensors
     assert SaveQueue.for_run(args, on_cpu).copies_cpu_tensors

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rasft.checkpoints import checkpointer
+from megatron_rasft.checkpoints.checkpointer import Checkpointer, load_converted_weights
+from megatron_rasft.checkpoints.resume import Resume
+from megatron_rasft.checkpoints.state_files import STATE_FILE, architecture_of
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.model.fp8_scales import DelayedScales
-from megatron_rasft.training import checkpointer
-from megatron_rasft.training.checkpointer import Checkpointer, load_converted_weights
-from megatron_rasft.training.checkpoints import STATE_FILE, architecture_of
-from megatron_rasft.training.resume import Resume
-from tests.unit.training.stand_ins import args_with_architecture
+from tests.unit.checkpoints.stand_ins import args_with_architecture
 
 ARRAYS = {"tokens": np.arange(3, dtype=np.int32)}
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.data.sample_arrays import Array
 from megatron_rasft.errors import CheckpointError, FailedElsewhere, first_line
 from megatron_rasft.files import write_bytes, write_json
 from megatron_rasft.model.fp8_scales import UNPICKLE
-from megatron_rasft.training.resume import Resume
 from megatron_rasft.weights.tracker import TRACKER_FILE
 
 STATE_FILE = "rasft_state.json"
