@@ -31,11 +31,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from benchmarks.shapes import SHAPES  # noqa: E402
 from benchmarks.traffic import Traffic  # noqa: E402
+from megatron_rasft.generation.decoding import KEY_BUCKET, Decoder  # noqa: E402
+from megatron_rasft.generation.kv_cache import KeyValueCache  # noqa: E402
+from megatron_rasft.generation.policy_sampler import STEPS_PER_READ, PolicySampler, generation_mode  # noqa: E402
 from megatron_rasft.model.model_chunks import build_chunk  # noqa: E402
 from megatron_rasft.training import startup  # noqa: E402
-from megatron_rasft.training.decoding import KEY_BUCKET, Decoder  # noqa: E402
-from megatron_rasft.training.generation import STEPS_PER_READ, PolicySampler, generation_mode  # noqa: E402
-from megatron_rasft.training.kv_cache import KeyValueCache  # noqa: E402
 from megatron_rasft.types import Request, SamplingParams  # noqa: E402
 
 HBM_BYTES_PER_S = 2.7e12

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_rasft.training.generation import STEPS_PER_READ
+from megatron_rasft.generation.policy_sampler import STEPS_PER_READ
 
 FREE_BYTES = 1 << 20
 """Free memory of the emulated GPU."""

@@ -1,6 +1,6 @@
 """Fits Megatron to the machine: a backend for CPUs, checks of GPU kernels, and the fused weight gradient without Apex.
 
-Every package that imports Megatron imports this one first.
+``model``, ``generation``, ``checkpoints`` and ``training`` import this package before Megatron.
 """
 
 import warnings

@@ -30,6 +30,7 @@ from megatron_rasft.checkpoints.checkpointer import load_converted_weights
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.data.sample_arrays import Batch
 from megatron_rasft.errors import RasftError
+from megatron_rasft.generation.policy_sampler import PolicySampler
 from megatron_rasft.machine import megatron_calls
 from megatron_rasft.machine.megatron_calls import overridden, quiet
 from megatron_rasft.model.fp8_scales import DelayedScales, has_delayed_scales
@@ -49,7 +50,6 @@ from megatron_rasft.training.batch_preparation import (
 )
 from megatron_rasft.training.batches import BatchFacts, MicroBatch
 from megatron_rasft.training.forward import Forward, run_forward_only
-from megatron_rasft.training.generation import PolicySampler
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.scoring import Scorer
 from megatron_rasft.training.warmup import WarmUp

@@ -23,10 +23,10 @@ cpu_backend.use_cpu_fused_adam()
 
 from megatron_rasft.config import RasftConfig, RolloutConfig  # noqa: E402
 from megatron_rasft.data.sample_arrays import SampleArrays  # noqa: E402
+from megatron_rasft.generation.kv_cache import CachedAttention  # noqa: E402
 from megatron_rasft.monitoring.stopping import Stopped, StopRequest  # noqa: E402
 from megatron_rasft.objective.families.policy_ratio import Grpo  # noqa: E402
 from megatron_rasft.ranks import gather_to_all  # noqa: E402
-from megatron_rasft.training.kv_cache import CachedAttention  # noqa: E402
 from megatron_rasft.training.reference import LogprobCache  # noqa: E402
 from megatron_rasft.training.refresh import Refresh, sampling_params  # noqa: E402
 from megatron_rasft.training.refresh_driver import RefreshDriver  # noqa: E402

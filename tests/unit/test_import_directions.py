@@ -5,6 +5,7 @@ importlib.import_module and __import__.
 """
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,48 +30,50 @@ TOP_LEVEL = {
 """Modules (config: a package) that every package may import; they import each other only, and types nothing."""
 
 PACKAGES = {
-    "bridge",
-    "checkpoints",
     "data",
-    "machine",
-    "model",
-    "monitoring",
     "curriculum",
     "servers",
     "rollout",
     "verify",
     "objective",
     "weights",
+    "bridge",
     "sync",
+    "machine",
+    "model",
+    "monitoring",
+    "generation",
+    "checkpoints",
     "training",
     "tools",
 }
 MAY_ALSO_IMPORT = {
     "bridge": {"weights"},
-    "checkpoints": {"data", "machine", "model", "monitoring", "weights"},
-    "model": {"machine", "bridge", "weights"},
-    "monitoring": {"rollout"},
     "rollout": {"servers"},
     "sync": {"servers", "weights"},
     "config": {"objective"},
+    "model": {"bridge", "machine", "weights"},
+    "monitoring": {"rollout"},
+    "generation": {"machine", "model", "monitoring"},
+    "checkpoints": {"data", "machine", "model", "monitoring", "weights"},
 }
 """Package -> other packages that it may import.
 
 servers/ has the record and the client of a server, weights/ the layout of the weights that sync/ sends. The flags of an objective
-stand in its own file, which does not import torch.
+stand in its own file, which does not import torch. The live line of monitoring/ shows the counts of rollout/.
 """
 
 JOINING_PACKAGES = {"training", "tools"}
 """May import other packages."""
 
-MAY_IMPORT_MEGATRON = {"bridge", "checkpoints", "machine", "model", "training", "tools"}
+MAY_IMPORT_MEGATRON = {"bridge", "checkpoints", "generation", "machine", "model", "training", "tools"}
 """The others take tensors and process groups as arguments."""
 MAY_IMPORT_TORCH = MAY_IMPORT_MEGATRON | {"ranks", "objective", "weights", "sync", "monitoring"}
 LIGHT_TOOLS = ["tools/capacity", "tools/cli", "tools/data"]
 """The parts of tools/ that work on a machine without torch, such as a laptop."""
 
 MAY_SPEAK_HTTP = {"servers", "rollout"}
-MAY_CALL_DEVICES = {"checkpoints", "machine", "model", "monitoring", "sync", "training"}
+MAY_CALL_DEVICES = {"checkpoints", "generation", "machine", "model", "monitoring", "sync", "training"}
 
 HTTP = ("httpx", "requests", "aiohttp", "http.client", "urllib.request", "urllib3")
 VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
@@ -196,6 +199,17 @@ def test_this_checkout_keeps_the_import_directions() -> None:
     assert violations(ROOT) == []
 
 
+def test_packages_have_an_order() -> None:
+    graphlib.TopologicalSorter(MAY_ALSO_IMPORT).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT_MEGATRON - {"bridge", "machine", "tools"}))
+def test_machine_is_imported_before_megatron(package: str) -> None:
+    """Each program imports one of these packages before the first file of Megatron, or machine/ itself."""
+    tree = ast.parse((ROOT / PACKAGE / package / "__init__.py").read_text())
+    assert f"{PACKAGE}.machine" in {name for _, name in imported_names(tree, f"{PACKAGE}.{package}", True)}
+
+
 def test_no_module_imports_itself_through_others(tmp_path: Path) -> None:
     assert import_cycles(ROOT) == []
     write_tree(tmp_path, "data/reading.py", "from megatron_rasft.data import packing")
@@ -233,6 +247,9 @@ def test_light_packages_import_where_torch_and_megatron_are_missing() -> None:
         ("data/reading.py", "from megatron_rasft.config.data import DataConfig"),
         ("objective/logprobs.py", "import torch.distributed as dist"),
         ("training/forward.py", "from megatron.core import parallel_state"),
+        ("model/attention.py", "from megatron.core import parallel_state"),
+        ("generation/decoding.py", "from megatron_rasft.model.attention import RMSNorm"),
+        ("checkpoints/checkpointer.py", "from megatron_rasft.monitoring import stalls"),
         ("training/loop.py", "from megatron.training.training import train_step"),
         ("training/loop.py", "from megatron_rasft.verify.pool import VerifierPool"),
         ("tools/evaluation/engine.py", "from megatron_rasft.model.model_chunks import build"),
@@ -262,6 +279,10 @@ def test_allowed_imports_pass(tmp_path: Path, file: str, line: str) -> None:
         ("data/reading.py", "import megatron_rasft.curriculum", "may not import the package curriculum/"),
         ("training/run.py", "from megatron_rasft.tools.report import page", "imports nothing of tools/"),
         ("data/reading.py", "def read():\n    import megatron_rasft.training", "only pretrain_rasft.py"),
+        ("model/attention.py", "import megatron_rasft.generation", "may not import the package generation/"),
+        ("generation/decoding.py", "import megatron_rasft.training.policy", "only pretrain_rasft.py"),
+        ("monitoring/status.py", "import megatron_rasft.checkpoints", "may not import the package"),
+        ("monitoring/stalls.py", "from megatron.core import parallel_state", "does without Megatron"),
         ("types.py", "from megatron_rasft.errors import RasftError", "types.py imports nothing"),
         ("config/data.py", "from megatron_rasft.data import reading", "may not import the package data/"),
         ("config/data.py", "import torch", "does without torch"),

@@ -14,11 +14,11 @@ from megatron.training import checkpointing, training
 from megatron_rasft.checkpoints import state_files
 from megatron_rasft.checkpoints.resume import Resume
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.generation.policy_sampler import PolicySampler
 from megatron_rasft.machine.megatron_calls import overridden, quiet
 from megatron_rasft.model.model_source import chunk_builder, model_tensors
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training import startup
-from megatron_rasft.training.generation import PolicySampler
 from megatron_rasft.types import Request, Response, SamplingParams
 
 

@@ -17,14 +17,14 @@ cpu_backend.enable()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 
-from megatron_rasft.tools.conversion.conversion import hf_to_megatron  # noqa: E402
-from megatron_rasft.training.generation import generation_mode  # noqa: E402
-from megatron_rasft.training.kv_cache import (  # noqa: E402
+from megatron_rasft.generation.kv_cache import (  # noqa: E402
     Decode,
     KeyValueCache,
     Prefill,
     rotary_frequencies,
 )
+from megatron_rasft.generation.policy_sampler import generation_mode  # noqa: E402
+from megatron_rasft.tools.conversion.conversion import hf_to_megatron  # noqa: E402
 from megatron_rasft.weights.architecture import megatron_args  # noqa: E402
 from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from megatron_rasft.weights.gathering import gather_tensors  # noqa: E402

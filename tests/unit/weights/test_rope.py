@@ -18,8 +18,8 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (  
 )
 from megatron.training.argument_utils import _apply_yarn_config_from_args  # noqa: E402
 
+from megatron_rasft.generation.kv_cache import rotary_frequencies  # noqa: E402
 from megatron_rasft.tools.conversion.layerwise import rotary_angles  # noqa: E402
-from megatron_rasft.training.kv_cache import rotary_frequencies  # noqa: E402
 from megatron_rasft.weights.families import FAMILIES  # noqa: E402
 from megatron_rasft.weights.rope import read_rope  # noqa: E402
 

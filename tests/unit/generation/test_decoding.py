@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_rasft.generation import decoding
+from megatron_rasft.generation.decoding import Decoder, DecoderModel, Rows
+from megatron_rasft.generation.kv_cache import CachedAttention, Decode, KeyValueCache, Prefill
 from megatron_rasft.model.attention import SdpaCoreAttention
 from megatron_rasft.monitoring.stopping import Stopped
-from megatron_rasft.training import decoding
-from megatron_rasft.training.decoding import Decoder, DecoderModel, Rows
-from megatron_rasft.training.kv_cache import CachedAttention, Decode, KeyValueCache, Prefill
 from megatron_rasft.types import Request, Response, SamplingParams
 
 VOCAB, HEADS, GROUPS, DIM = 13, 4, 2, 8

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rasft.training.drawing import apply_repetition_penalty, draw
+from megatron_rasft.generation.drawing import apply_repetition_penalty, draw
 
 
 def nucleus(logits: np.ndarray, u: float, temperature: float, top_p: float) -> int:

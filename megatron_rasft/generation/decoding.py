@@ -13,10 +13,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from megatron_rasft.generation.drawing import apply_repetition_penalty, draw
+from megatron_rasft.generation.kv_cache import Decode, KeyValueCache, Prefill
+from megatron_rasft.generation.step_graphs import StepGraphs
 from megatron_rasft.monitoring.stopping import Stopped
-from megatron_rasft.training.drawing import apply_repetition_penalty, draw
-from megatron_rasft.training.kv_cache import Decode, KeyValueCache, Prefill
-from megatron_rasft.training.step_graphs import StepGraphs
 from megatron_rasft.types import Request, Response, SamplingParams
 
 KEY_BUCKET = 128

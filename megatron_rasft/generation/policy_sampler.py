@@ -21,19 +21,19 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
-from megatron_rasft.model.attention import SdpaCoreAttention
-from megatron_rasft.monitoring import live
-from megatron_rasft.monitoring.stopping import Stopped
-from megatron_rasft.ranks import gather_to_rank_zero, on_rank_zero
-from megatron_rasft.training.decoding import KEY_BUCKET, Decoder, DecoderModel
-from megatron_rasft.training.delta_cache import CachedDeltaNet
-from megatron_rasft.training.kv_cache import (
+from megatron_rasft.generation.decoding import KEY_BUCKET, Decoder, DecoderModel
+from megatron_rasft.generation.delta_cache import CachedDeltaNet
+from megatron_rasft.generation.kv_cache import (
     CachedAttention,
     Decode,
     KeyValueCache,
     RotaryAtPositions,
     rotary_frequencies,
 )
+from megatron_rasft.model.attention import SdpaCoreAttention
+from megatron_rasft.monitoring import live
+from megatron_rasft.monitoring.stopping import Stopped
+from megatron_rasft.ranks import gather_to_rank_zero, on_rank_zero
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
 _Packed = tuple[array, array, FinishReason]

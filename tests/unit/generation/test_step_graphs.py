@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rasft.training import step_graphs
-from megatron_rasft.training.step_graphs import StepGraphs
+from megatron_rasft.generation import step_graphs
+from megatron_rasft.generation.step_graphs import StepGraphs
 from tests import recorded_graphs
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from megatron.core.transformer.attention import SelfAttention
 
-from megatron_rasft.model.attention import SdpaCoreAttention
-from megatron_rasft.training import generation
-from megatron_rasft.training.generation import (
+from megatron_rasft.generation import policy_sampler
+from megatron_rasft.generation.kv_cache import CachedAttention, KeyValueCache, RotaryAtPositions
+from megatron_rasft.generation.policy_sampler import (
     PolicySampler,
     generation_mode,
     rows_that_fit,
     self_attentions,
 )
-from megatron_rasft.training.kv_cache import CachedAttention, KeyValueCache, RotaryAtPositions
+from megatron_rasft.model.attention import SdpaCoreAttention
 
 VOCAB, GROUPS, DIM = 1000, 2, 16
 
@@ -94,7 +94,7 @@ def test_generation_mode_switches_sequence_parallelism_off_and_on(monkeypatch: p
     chunk, switched = Chunk(), []
     chunk.config.sequence_parallel = True
     monkeypatch.setattr(
-        generation, "set_model_to_sequence_parallel", lambda model, is_on: switched.append((model, is_on))
+        policy_sampler, "set_model_to_sequence_parallel", lambda model, is_on: switched.append((model, is_on))
     )
     with generation_mode([chunk], KeyValueCache(2, 8)):
         assert switched == [(chunk, False)]

@@ -7,8 +7,8 @@ import torch
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from torch import Tensor
 
+from megatron_rasft.generation.kv_cache import KeyValueCache, Prefill
 from megatron_rasft.model.delta_rule import delta_rule, l2norm, short_conv
-from megatron_rasft.training.kv_cache import KeyValueCache, Prefill
 
 
 class CachedDeltaNet(torch.nn.Module):

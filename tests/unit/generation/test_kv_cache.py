@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rasft.model.attention import SdpaCoreAttention
-from megatron_rasft.training.kv_cache import (
+from megatron_rasft.generation.kv_cache import (
     CachedAttention,
     Decode,
     KeyValueCache,
     Prefill,
     RotaryAtPositions,
 )
+from megatron_rasft.model.attention import SdpaCoreAttention
 
 HEADS, GROUPS, DIM, LENGTH, ROWS = 4, 2, 8, 12, 3
 NO_FREQUENCIES = torch.zeros(1, 1, 1, DIM)
