@@ -1,3 +1,3 @@
-"""Builds the Megatron model, in the layers of the machine, and computes what Megatron's layers lack."""
+"""Builds Megatron's model and its layers, and checks that the model fits the parallel layout."""
 
 import megatron_rasft.machine  # noqa: F401 # must come before the first import of Megatron

@@ -1,1 +1,1 @@
-"""Gets responses: from rollout servers, or from a store of an earlier run. training/ adds the trainer's own weights."""
+"""Gets responses: from rollout servers, or from a store of an earlier run. generation/ samples from the trainer's own weights."""
