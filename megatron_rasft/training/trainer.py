@@ -1,7 +1,7 @@
 """The trainer: builds model, optimizer and schedule under Megatron, takes training steps, scores and samples.
 
-In a run only the modules of training/ call megatron.training, so they must be checked when Megatron's version changes. Their
-statements about Megatron were verified with 0.19.2.
+In a run only machine/, model/, checkpoints/ and training/ call megatron.training, so they must be checked when Megatron's version
+changes. Their statements about Megatron were verified with 0.19.2.
 """
 
 import contextlib

@@ -10,7 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-DOCUMENTS = ("*.md", "docs/*.md", "examples/*/README.md", "megatron_rasft/**/README.md")
+DOCUMENTS = (
+    "*.md",
+    "docs/*.md",
+    "examples/*/README.md",
+    "megatron_rasft/*/README.md",
+    "megatron_rasft/verify/*/README.md",
+)
 HOME = "README.md"
 ASSETS = (".svg", ".png", ".css")
 """Suffixes of the files in docs/ that are copied as they are."""
