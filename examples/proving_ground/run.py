@@ -3,6 +3,7 @@
 run.py --output DIR                                  the kept worlds, methods and seeds of study.toml
 run.py --output DIR --worlds NAME ... --methods NAME ... --seeds N ...
 run.py --output DIR --split dev --worlds development     for looking for better rules: other problems, other worlds
+run.py --output DIR --worlds development --split dev --rates 3e-4 1e-3 ...     a sweep of the learning rate for each method
 run.py --output DIR --tables-only                    the tables of what is finished; on a fresh clone, of the shipped results
 run.py --output DIR --fresh                          without the shipped results and base models
 
@@ -176,6 +177,8 @@ def run(args: argparse.Namespace) -> None:
     """
     study = tomllib.loads((FOLDER / "study.toml").read_text(encoding="utf-8"))
     groups = groups_of(study, args.methods, args.seeds)
+    if args.rates:
+        groups = at_rates(study, groups, args.rates)
     if args.limit:
         study["evaluate"]["--limit"] = args.limit
     if args.steps:
@@ -266,6 +269,24 @@ def groups_of(
     return groups
 
 
+def at_rates(
+    study: dict[str, Any], groups: Sequence[dict[str, Any]], rates: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the groups with a variant of each method for each learning rate, named like ``sft@3e-4``. Adds the variants to the study."""
+
+    def at(method: str, rate: str) -> str:
+        name = f"{method}@{rate}"
+        study["variants"][name] = {**study["variants"].get(method, {"of": method}), "--lr": rate}
+        return name
+
+    swept = [
+        {**group, "methods": [at(m, rate) for m in group["methods"] if m != "base" for rate in rates]}
+        for group in groups
+    ]
+    study["methods"] = list(dict.fromkeys(method for group in swept for method in group["methods"]))
+    return swept
+
+
 def tasks_of(setting: Setting, group: Mapping[str, Any]) -> list[Task]:
     """Returns the tasks of a group, in their order."""
     return reproduce.tasks_of(dataclasses.replace(setting, methods=group["methods"], seeds=group["seeds"]))
@@ -291,6 +312,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: those of study.toml")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: those of study.toml")
+    parser.add_argument(
+        "--rates", nargs="+", metavar="LR",
+        help="train each method at each of these learning rates; default: at its rate in study.toml",
+    )  # fmt: skip
     parser.add_argument(
         "--steps", type=int, metavar="N", help="steps of a training; default: that of study.toml"
     )
