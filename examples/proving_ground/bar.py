@@ -1,4 +1,4 @@
-"""The pre-registered rules of README.md, applied to the results that exist."""
+"""The pre-registered rules of PREREGISTRATION.md, applied to the results that exist."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

@@ -93,7 +93,7 @@ def test_gpu_setting_runs_its_methods_on_the_same_data_steps_and_learning_rate()
     assert len(SETTINGS) == 7 and len(SCRIPTS) == 4 and len(reproduce.METHODS) == 12
     os.environ.setdefault("DATA", "/data")
     setting = reproduce.read_setting(FOLDER / "settings" / "gpu.toml")
-    assert setting.methods == ["base", "sft", "dft", "raft", "grpo", "rasft", "rasft_advantage"]
+    assert setting.methods == ["base", "sft", "dft", "raft", "grpo", "rasft"]
     assert len(setting.seeds) == 3
     commands = [
         reproduce.training_command(setting, reproduce.Task(m, 1), Path("out")) for m in setting.methods[1:]
