@@ -276,7 +276,7 @@ def at_rates(
 
     def at(method: str, rate: str) -> str:
         name = f"{method}@{rate}"
-        study["variants"][name] = {**study["variants"].get(method, {"of": method}), "--lr": rate}
+        study["variants"][name] = {**study["variants"].get(method, {"of": method}), "--lr": float(rate)}
         return name
 
     swept = [

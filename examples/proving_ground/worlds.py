@@ -204,6 +204,7 @@ _CLOCK, _TAPE = ChainTask(CLOCK, "terse", "spelled"), ChainTask(TAPE, "terse", "
 CORPORA: dict[str, Corpus] = {
     "clock": Corpus(_CLOCK, (_TERSE,)),
     "clock-fluent": Corpus(_CLOCK, (_STYLED, _TERSE_AGAIN), begins_with="clock"),
+    "clock-early": Corpus(_CLOCK, (dataclasses.replace(_TERSE, steps=1000),)),
     "tape-1": Corpus(_TAPE, (_PLUS, _TERSE)),
     "tape-2": Corpus(_TAPE, (_MORE_PLUS,), begins_with="tape-1"),
     "tape": Corpus(_TAPE, (_SLOWLY,), begins_with="tape-2"),
@@ -245,6 +246,12 @@ DEVELOPMENT: dict[str, World] = {
         "The policy can use the expert's style, but rarely does", "clock-fluent", "spelled", _USUAL, True
     ),
     "clock-foreign": World("The policy cannot use the expert's style", "clock", "spelled", _USUAL),
+    "clock-early": World(
+        "The policy cannot use the expert's style, and is often wrong in its own",
+        "clock-early",
+        "spelled",
+        _USUAL,
+    ),
 }
 KEPT: dict[str, World] = {
     "tape-clean": World(
