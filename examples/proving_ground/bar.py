@@ -9,10 +9,16 @@ from examples.proving_ground.kept import Result, Scores
 from examples.proving_ground.worlds import KINDS, RETAINED
 from megatron_rasft.tools.evaluation.statistics import paired_interval
 
-CANDIDATES = {"rasft": "", "guided_short": "", "guided_failures": "", "rasft_advantage": "advantage_placebo"}
+CANDIDATES = {
+    "rasft": "",
+    "guided_full_rate": "",
+    "guided_short": "",
+    "guided_failures": "",
+    "rasft_advantage": "advantage_placebo",
+}
 """Candidate -> its control; "" for none."""
 RIVALS = ("dft", "raft", "sft_grpo")
-PLAIN = "rasft_unguided"
+PLAIN = "unguided_full_rate"
 """The rule whose retained skills a candidate must reach."""
 
 LOWEST_DIFFERENCE = -1.0

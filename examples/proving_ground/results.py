@@ -116,10 +116,11 @@ def _difference(ours: Scores, theirs: Scores, scale: float = 100) -> str:
 
 
 def _summary_table(results: Sequence[Result], worlds: Sequence[str], reference: str) -> list[str]:
-    """Accuracy of each method in each world, and the mean over worlds for methods that are finished in all of them."""
+    """Accuracy of each method in each world, and means over worlds for methods that are finished in all of them: accuracy at
+    temperature 1, of greedy responses, and of retained skills."""
     lines = [
-        f"| method | {' | '.join(worlds)} | mean | mean difference from {reference} | retained |",
-        "| --- |" + " ---: |" * (len(worlds) + 3),
+        f"| method | {' | '.join(worlds)} | mean | mean difference from {reference} | greedy | retained |",
+        "| --- |" + " ---: |" * (len(worlds) + 4),
     ]
     theirs = _pooled(results, worlds, reference, KINDS)
     for method in _methods(results):
@@ -128,23 +129,30 @@ def _summary_table(results: Sequence[Result], worlds: Sequence[str], reference: 
             by_seed = bar.by_seed(results, world, method)
             cells.append(f"{100 * _stack(by_seed, KINDS).mean():.1f}" if by_seed else "")
         ours, kept = (_pooled(results, worlds, method, kinds) for kinds in (KINDS, RETAINED))
+        greedy = _pooled(results, worlds, method, KINDS, is_greedy=True)
         cells.append(f"{100 * ours.mean():.1f}" if ours is not None else "")
         is_compared = ours is not None and theirs is not None and method != reference
         cells.append(_difference(ours, theirs) if is_compared else "")  # type: ignore[arg-type]
-        cells.append(f"{100 * kept.mean():.1f}" if kept is not None else "")
+        cells += [f"{100 * scores.mean():.1f}" if scores is not None else "" for scores in (greedy, kept)]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def _pooled(
-    results: Sequence[Result], worlds: Sequence[str], method: str, kinds: Sequence[str]
+    results: Sequence[Result],
+    worlds: Sequence[str],
+    method: str,
+    kinds: Sequence[str],
+    *,
+    is_greedy: bool = False,
 ) -> Scores | None:
     """Scores in all worlds, [seeds, problems]. None if a world is missing."""
     found = [bar.by_seed(results, world, method) for world in worlds]
     seeds = set.intersection(*(set(by_seed) for by_seed in found))
     if not seeds:
         return None
-    return np.concatenate([_stack({s: by_seed[s] for s in seeds}, kinds) for by_seed in found], axis=1)
+    shared = [{seed: by_seed[seed] for seed in seeds} for by_seed in found]
+    return np.concatenate([_stack(by_seed, kinds, is_greedy=is_greedy) for by_seed in shared], axis=1)
 
 
 def _world_table(results: Sequence[Result], world: str, reference: str) -> list[str]:

@@ -139,6 +139,11 @@ class RasftConfig:
         return self.objective.name == "rasft" and self.weighting.rasft_weighting == "adaptive"
 
     @property
+    def scales_lr_by_mass(self) -> bool:
+        """Whether a step's learning rate is multiplied by its mass (--weighting-lr-by-mass)."""
+        return self._is_adaptive and self.weighting.weighting_lr_by_mass
+
+    @property
     def num_guided_samples(self) -> int:
         """--rollout-guided-samples, or its default for this objective and K."""
         given = self.rollout.rollout_guided_samples

@@ -30,6 +30,7 @@ ADAPTIVE_ONLY = (
     "weighting_wrong_total",
     "weighting_guidance_solved",
     "weighting_guidance_threshold",
+    "weighting_lr_by_mass",
     "weighting_placebo",
 )
 """Flags that are refused without the adaptive rule of the rasft objective."""
@@ -107,6 +108,11 @@ class WeightingConfig(FlagSection):
     """The guidance is the probability that the policy does better if it begins like the demonstration. Below this threshold the steps train
     on the policy's own solutions only. A small threshold keeps the demonstrations until there is evidence that they harm: a policy that
     solves nearly nothing cannot learn from itself."""
+
+    weighting_lr_by_mass: bool = True
+    """Multiply the learning rate of a step by its mass (sum of weight x tokens, divided by D), at most 1. Adam divides a gradient by its
+    own size. So without this flag a step whose problems have small weights changes the model as much as one whose problems have
+    large weights."""
 
     weighting_prior_strength: Amount = 1.0
     """Size of the Beta prior on s, in rollouts. Its mean is the s at which the demonstration weight is 1, so a problem with

@@ -154,6 +154,8 @@ class BatchFacts:
     of them only."""
     squared_tokens: int
     """Sum over samples of their squared number of tokens, to which attention's operations are proportional."""
+    mass: float
+    """Sum of |weight| x response tokens, divided by ``num_counted``: 1 for demonstrations of unsampled problems."""
     mean_weights: dict[str, float]
     """Sample kind -> mean weight; only kinds that occur in the batch. ``wrong_rollout``: rollouts of a weight below zero."""
 
@@ -220,12 +222,14 @@ def _facts(batch: Batch) -> BatchFacts:
         "rollout": are_rollouts & ~are_wrong,
         "wrong_rollout": are_wrong,
     }
+    num_counted = int(batch.samples.response_lengths[batch.samples.are_counted].sum()) + batch.num_uncomputed
+    mass = float((abs(batch.samples.weights) * batch.samples.response_lengths).sum())
     return BatchFacts(
         num_problems=batch.num_problems,
         num_samples=len(lengths),
         num_tokens=int(lengths.sum()),
-        num_counted=int(batch.samples.response_lengths[batch.samples.are_counted].sum())
-        + batch.num_uncomputed,
+        num_counted=num_counted,
+        mass=mass / max(1, num_counted),
         squared_tokens=int((lengths**2).sum()),
         mean_weights={
             kind: float(batch.samples.weights[of].mean()) for kind, of in kinds.items() if of.any()

@@ -17,6 +17,7 @@ def step_values(result: StepResult, *, step_s: float, num_queued: int) -> dict[s
     values |= {
         metrics.GRAD_NORM: result.grad_norm,
         metrics.LEARNING_RATE: result.learning_rate,
+        metrics.MASS: result.batch.mass,
         metrics.NUM_SAMPLES: result.batch.num_samples,
         metrics.NUM_TOKENS: result.num_tokens,
         metrics.QUEUE: num_queued,

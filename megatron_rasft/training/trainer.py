@@ -269,7 +269,7 @@ class Trainer:
         facts = prepared.facts
         if not facts.num_samples:
             return self._skip(facts)
-        self._warm_up.set_rates()
+        self._warm_up.set_rates(min(1.0, facts.mass) if self.config.scales_lr_by_mass else 1.0)
         learning_rate = _learning_rate(self.optimizer)
         began = time.monotonic()
         batches = self._preparer.on_device(prepared)
