@@ -198,14 +198,16 @@ def token_loss_sum(logprobs: Tensor, ref_logprobs: Tensor, weight: float) -> Ten
     return (ratio * weight * policy.exp() * -logprobs).sum()
 
 
-def train_step(model: nn.Module, optimizer: Any, samples: list[Sample]) -> tuple[float, int]:
+def train_step(model: nn.Module, optimizer: Any, samples: list[Sample], rate: float) -> tuple[float, int]:
     """One optimizer step on the samples of a batch of problems. Returns the loss and the number of samples with a gradient.
 
-    The sum is divided once, by the number of demonstration tokens of the batch: neither the split into forward passes nor the
-    length of the rollouts changes the gradient of a demonstration.
+    The sum is divided once, by the demonstration tokens of the batch: the length of the rollouts does not change the gradient of a
+    demonstration. Adam divides a gradient by its own size, so small weights make a smaller step only through the rate.
     """
     num_tokens = sum(len(s.response_ids) for s in samples if s.is_demonstration)
     total, computed = 0.0, [s for s in samples if s.weight]
+    mass = sum(s.weight * len(s.response_ids) for s in computed) / num_tokens
+    optimizer.param_groups[0]["lr"] = rate * min(1.0, mass)
     optimizer.zero_grad()
     for item in computed:
         loss = token_loss_sum(response_logprobs(model, item), item.ref_logprobs, item.weight) / num_tokens
@@ -259,9 +261,7 @@ def main() -> None:
                 store(args.rollout_store, problem, [*alone, guided], step, tokenizer.eos_token_id)
             for start in range(0, len(chosen), args.batch_size):
                 batch = [item for samples in weighed[start : start + args.batch_size] for item in samples]
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, total, args)
-                loss, num_computed = train_step(policy, optimizer, batch)
+                loss, num_computed = train_step(policy, optimizer, batch, learning_rate(step, total, args))
                 step += 1
                 print(json.dumps({"step": step, "loss": loss, "num_samples": num_computed}), flush=True)
 

@@ -182,6 +182,7 @@ def test_objectives_on_rollouts_need_rollouts(objective: str) -> None:
         ["--weighting-rollout-fall", "0.5"],
         ["--weighting-guidance-solved", "1"],
         ["--weighting-placebo"],
+        ["--no-weighting-lr-by-mass"],
         ["--rollout-guided-samples", "1"],
     ],
 )

@@ -306,6 +306,8 @@ def test_facts_count_tokens_and_average_weights_per_kind() -> None:
     assert facts.squared_tokens == 25 + 4 + 49
     assert facts.num_counted == sum(len(s.response_ids) for s in samples[:2])
     assert facts.mean_weights == {"rollout": 2.5, "demonstration": 1.0}
+    masses = [sample.weight * len(sample.response_ids) for sample in samples]
+    assert facts.mass == pytest.approx(sum(masses) / facts.num_counted), "rollouts outside D have a mass too"
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])
@@ -319,6 +321,8 @@ def test_tokens_that_are_not_computed_enter_one_denominator(cp_size: int) -> Non
     assert sorted(counted)[-2:] == [0, 17] and sum(counted) == 17
     samples = batch.samples
     assert shard.facts.num_counted == int(samples.response_lengths[samples.are_counted].sum()) + 17
+    mass = float((samples.weights * samples.response_lengths).sum())
+    assert shard.facts.mass == pytest.approx(mass / shard.facts.num_counted)
 
 
 def test_facts_average_weights_below_zero_apart() -> None:
@@ -327,6 +331,7 @@ def test_facts_average_weights_below_zero_apart() -> None:
         sample.kind, sample.weight = "rollout", weight
     facts = shard_batch(Batch(num_problems=1, samples=SampleArrays.of(samples)), a_layout())[0].facts
     assert facts.mean_weights == {"rollout": 0.5, "wrong_rollout": -0.5}
+    assert facts.mass == pytest.approx((0.5 + 0.25 + 0.75) / 3), "opposite weights both change the model"
 
 
 def test_a_batch_without_samples_has_no_micro_batches() -> None:
@@ -334,6 +339,7 @@ def test_a_batch_without_samples_has_no_micro_batches() -> None:
     shards = shard_batch(Batch(num_problems=2, samples=SampleArrays.of([])), layout)
     assert [build_micro_batches(shard, layout) for shard in shards] == [[], [], []]
     assert shards[0].facts.num_problems == 2 and shards[0].facts.mean_weights == {}
+    assert shards[0].facts.mass == 0
 
 
 def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], is_packed: bool) -> None:

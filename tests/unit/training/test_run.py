@@ -67,6 +67,7 @@ class TrainerOfNotes:
             num_tokens=2,
             num_counted=1,
             squared_tokens=4,
+            mass=1.0,
             mean_weights={},
         )
         return StepResult(metrics={}, grad_norm=1.0, learning_rate=0.1, is_skipped=False, batch=facts)

@@ -22,6 +22,7 @@ def result_of(
         num_tokens=100,
         num_counted=60,
         squared_tokens=0,
+        mass=0.7,
         mean_weights=mean_weights or {},
     )
     values: dict[str, Any] = {
@@ -42,6 +43,7 @@ def test_a_steps_figures_get_their_names() -> None:
         metrics.LOSS: 0.5,
         metrics.GRAD_NORM: 1.0,
         metrics.LEARNING_RATE: 0.1,
+        metrics.MASS: 0.7,
         metrics.NUM_SAMPLES: 3,
         metrics.NUM_TOKENS: 100,
         metrics.QUEUE: 7,

@@ -91,3 +91,17 @@ def test_a_warm_up_that_ends_within_a_step_stays_within_its_rate() -> None:
     scheduler = schedule(1)
     scheduler.lr_warmup_steps = 12  # 12 samples are one and a half steps
     assert rates(scheduler, num_steps=2) == pytest.approx([LR * 8 / 12, LR])
+
+
+@pytest.mark.parametrize("given", [(), ("lr_warmup_init",)])
+def test_a_share_changes_the_rate_of_its_step_alone(given: tuple[str, ...]) -> None:
+    """Also if Megatron skips the step and does not advance the schedule: the next step then has the same rate."""
+    full, scheduler = rates(schedule(3), given), schedule(3)
+    warm_up = WarmUp(scheduler, BATCH, given)
+    for step, rate in enumerate(full):
+        for share in (0.25, 0.5, 1.0):
+            warm_up.set_rates(share)
+            first, double, tensor = (float(group["lr"]) for group in scheduler.optimizer.param_groups)
+            assert first == pytest.approx(share * rate) and tensor == pytest.approx(first), step
+            assert double == pytest.approx(2 * first)
+        scheduler.step(increment=BATCH)
