@@ -104,8 +104,10 @@ class FlagSection:
         """
 
     def refusal(self, name: str, reason: str) -> ValueError:
-        """Returns the error for a broken rule between fields: the flag with its value, followed by ``reason``."""
+        """Returns the error for a broken rule between fields: the flag as on a command line, followed by ``reason``."""
         value = getattr(self, name)
+        if isinstance(value, bool):
+            return ValueError(f"{flag_name(name if value else f'no_{name}')} {reason}")
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         return ValueError(" ".join(filter(None, [flag_name(name), text, reason])))
 
