@@ -13,7 +13,7 @@ from pathlib import Path
 DOCUMENTS = (
     "*.md",
     "docs/*.md",
-    "examples/*/README.md",
+    "examples/*/*.md",
     "megatron_rasft/*/README.md",
     "megatron_rasft/verify/*/README.md",
 )
