@@ -180,16 +180,15 @@ def enable() -> bool:
 def _rotating_at_once(rotate: Any) -> Any:
     """Makes Megatron rotate all sequences of a pack in one call, which is a seventh of a tiny model's step faster.
 
-    It rotates them one by one, unless the frequencies are those of the complete pack (rope_utils.py). The values are the same.
+    It rotates them one by one, unless there are as many frequencies as tokens in the pack (rope_utils.py). Then it takes them for those
+    of the complete pack, and here they are.
     """
 
     def rotate_all(
         t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *rest: Any, **more: Any
     ) -> Any:
-        lengths = cu_seqlens.diff().tolist()
-        if sum(lengths) != len(freqs) and len(lengths) > 1:
-            freqs = torch.cat([freqs[:length] for length in lengths])
-        return rotate(t, cu_seqlens, freqs, *rest, **more)
+        of_pack = torch.cat([freqs[:length] for length in cu_seqlens.diff().tolist()])
+        return rotate(t, cu_seqlens, of_pack, *rest, **more)
 
     return rotate_all
 
