@@ -155,7 +155,7 @@ class CachedAttention(torch.nn.Module):
         self.keys = self.values = None
 
     def _make_room(self, key: Tensor, value: Tensor, num_rows: int, length: int) -> None:
-        """Allocates keys and values. If the cache is fitted, gives them this number of rows and length in later calls."""
+        """Allocates keys and values. If the cache is fitted, later calls give them this length and number of rows."""
         if self.keys is None or self.values is None:
             num_rows, full = self._cache.num_rows, self._cache.length
             # Zeros instead of uninitialised memory: the weight 0 of a masked key times a NaN value would be NaN.

@@ -1,3 +1,3 @@
-"""One run from start to end: joins the other packages to each other and to Megatron's training."""
+"""One run from start to end. It connects the other packages with each other and with Megatron's training."""
 
 import megatron_rasft.machine  # noqa: F401 # must come before the first import of Megatron
